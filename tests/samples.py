@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import truth
+from PIL import Image
 
 from snipdedup import config
 from snipdedup.adc.pairs import Rule, candidate_pairs
@@ -101,3 +103,10 @@ def labels(pairs: np.ndarray, rows: int) -> np.ndarray:
         np.minimum.at(label, pairs[0], low)
         np.minimum.at(label, pairs[1], low)
     return label
+
+
+def png(picture):
+    """A picture, (height, width, 3) floats from 0 to 1, as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray((255 * picture).round().astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()

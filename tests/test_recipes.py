@@ -213,3 +213,38 @@ def test_embedding_reader_after_a_shard_of_which_nothing_stays(folder, environme
     whole = np.concatenate([np.load(f"img_emb/img_emb_{n}.npy") for n in range(3)])
     rows = np.array([row for batch, _ in batches for row in batch], np.float32)
     np.testing.assert_array_equal(rows, whole[~is_dup].astype(np.float32))
+
+
+def embedded_table():
+    """The metadata and features of the set as one table."""
+    rows = [row for n in range(3) for row in np.load(f"img_emb/img_emb_{n}.npy").astype("f4")]
+    table = pa.concat_tables(pq.read_table(f"metadata/metadata_{n}.parquet") for n in range(3))
+    return table.append_column("embedding", pa.array(rows, pa.list_(pa.float32(), 32)))
+
+
+@pytest.mark.slow
+def test_ray_data(folder):
+    pytest.importorskip("pandas")  # which ray.data imports
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+
+    names: dict = {}
+    exec(recipe("Ray Data", "python"), names)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        pq.write_table(embedded_table(), "embedded.parquet")
+        whole = ray.data.read_parquet("embedded.parquet")
+        place = str(folder / "ray")
+        kept = names["drop_duplicates"](whole, "embedding", place, threshold=0.97).take_all()
+    finally:
+        ray.shutdown()
+    assert sorted(row["key"] for row in kept) == [f"{n:05d}" for n in range(25)]
+    assert {row["key"]: row["dup_count"] for row in kept}["00003"] == 1
+
+
+def test_lance(folder):
+    lance = pytest.importorskip("lance")
+    lance.write_dataset(embedded_table(), "set.lance")
+    exec(recipe("Lance", "python"), {})
+    kept = lance.dataset("kept.lance").to_table()
+    assert kept["key"].to_pylist() == [f"{n:05d}" for n in range(25)]

@@ -6,7 +6,7 @@ Memory holds one batch, and what will be shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import repeat
@@ -89,11 +89,12 @@ class Survey:
     foreign: np.ndarray  # (shards,) int64: removed for a row of another shard, by their own shard
 
 
-def threshold_stops(start: float) -> list[str]:
-    """Return the slider's thresholds: ``start``, then round ones up to 1."""
+def threshold_stops(start: float, known: Sequence[float] = ()) -> list[str]:
+    """Return the slider's thresholds: ``start``, then round and ``known`` ones up to 1."""
     first, step = Decimal(repr(round(start, 9))), bin_width(start)
     inner = math.floor(first / step) + 1
-    stops = {first, Decimal(1), *(step * k for k in range(inner, math.floor(1 / step) + 1))}
+    more = (Decimal(repr(round(threshold, 9))) for threshold in known)
+    stops = {first, Decimal(1), *more, *(step * k for k in range(inner, math.floor(1 / step) + 1))}
     return [format(stop.normalize(), "f") for stop in sorted(stops)]
 
 
@@ -104,13 +105,15 @@ def bin_width(start: float) -> Decimal:
     return next(power * k for k in (1, 2, 5, 10) if power * k >= least)
 
 
-def read_curve(path: Path, rows: int, start: float) -> Curve:
+def read_curve(path: Path, rows: int, start: float, known: Sequence[float] = ()) -> Curve:
     """Read ``forest.parquet`` into what components would do at each stop from ``start`` on.
+
+    ``known`` thresholds are stops, too.
 
     At any threshold the forest's edges span the components: each edge is a removed row, and the
     rows that edges touch, less the edges, are the groups. Memory is a byte for each of all rows.
     """
-    thresholds = threshold_stops(start)
+    thresholds = threshold_stops(start, known)
     stops = np.array([float(text) for text in thresholds]).astype(np.float32)
     stops[0] = np.float32(start)
     edges, touched = np.zeros(len(stops) + 1, np.int64), np.zeros(rows, np.uint8)

@@ -26,7 +26,8 @@ from snipdedup.features.formats import NpyShard
 from snipdedup.features.list_columns import find_list_column, list_rows
 
 BATCH_ROWS = 8192
-TABLE = ("__arrow_c_stream__", "__arrow_c_array__", "scanner", "with_format")
+OLDER = ("fetch_arrow_reader", "iterchunks")  # of DuckDB and of Arrow's columns, before streams
+TABLE = ("__arrow_c_stream__", "__arrow_c_array__", "scanner", "with_format", *OLDER)
 
 
 class StagedShard(NpyShard):
@@ -92,9 +93,11 @@ def read_table(source: Any) -> tuple[Any, Iterator[Any]]:
     if hasattr(source, "scanner"):
         reader = source.scanner(batch_size=BATCH_ROWS).to_reader()
         return reader.schema, iter(reader)
+    if hasattr(source, "fetch_arrow_reader"):  # in DuckDB 1.1 the stream is of another form
+        source = source.fetch_arrow_reader(BATCH_ROWS)
+    if isinstance(source, pa.Array | pa.ChunkedArray):
+        source = pa.table({"features": source})
     try:
-        if not hasattr(source, "__arrow_c_stream__"):
-            source = pa.chunked_array([pa.array(source)])
         reader = pa.RecordBatchReader.from_stream(source)
     except (pa.ArrowException, TypeError):  # one column, not a table
         reader = pa.table({"features": pa.chunked_array(source)}).to_reader()

@@ -144,8 +144,10 @@ def make_page(
     survey = read_out.survey_groups(groups, settings, offsets, options.seed, options.groups)
     curve = None
     if manifest["verified"] and settings.get("grouping"):  # semdedup knows few of the pairs
-        known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold)
-        curve = curve_section(known, counts)
+        levels = manifest["thresholds"]
+        steps = [level["threshold"] for level in levels]
+        known = read_out.read_curve(out / "forest.parquet", int(offsets[-1]), threshold, steps)
+        curve = curve_section(known, counts, levels)
     named = options.rows is not None
     asked = sorted(find_run_rows(out, manifest, texts, options.rows)) if named else []
     partners = read_out.read_partners(groups, np.array(asked, np.int64))
@@ -283,20 +285,40 @@ def size_text(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def curve_section(curve: read_out.Curve, counts: dict[str, int]) -> dict[str, Any]:
-    """Return the slider's figures and chart."""
-    kept, removed, groups = counts["rows"] - curve.removed, curve.removed.tolist(), curve.groups
-    thresholds = np.array(curve.thresholds, np.float64)
+def curve_section(
+    curve: read_out.Curve, counts: dict[str, int], levels: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the slider's figures and chart, of the run's grouping; ``levels`` are its table's.
+
+    Star is counted at these alone. Between them the rows that it spares of those that components
+    remove are interpolated. Older runs know components only.
+    """
+    thresholds, components = np.array(curve.thresholds, np.float64), curve.removed
+    removed, estimated = components, np.zeros(len(components), bool)
+    star = bool(levels) and "components" in levels[0]
+    if star:
+        at, now, then = (
+            np.array([level[name] for level in levels], np.float64)
+            for name in ("threshold", "removed", "components")
+        )
+        if at[-1] < 1 and "reference_rows" not in counts:  # at 1, pairs hardly ever chain
+            at, now, then = (np.append(part, end) for part, end in ((at, 1), (now, 0), (then, 0)))
+        removed = np.rint(components + np.interp(thresholds, at, now - then)).astype(np.int64)
+        sure = [level["threshold"] for level in levels if not level["estimated"]]
+        estimated = ~np.isin(np.round(thresholds, 9), np.round(sure, 9))
+    kept = counts["rows"] - removed
     chart = display.curve_chart(thresholds, kept, counts["rows"], counts["kept"])
-    lines = zip(curve.thresholds, removed, kept.tolist(), groups.tolist(), strict=True)
+    columns = removed, kept, curve.groups, estimated, components
     data = {
         "thresholds": curve.thresholds,
-        "removed": removed,
-        "groups": groups.tolist(),
+        "removed": removed.tolist(),
+        "groups": curve.groups.tolist(),
+        "estimated": estimated.tolist(),
         "rows": counts["rows"],
         "y": [round(y, 1) for y in chart["y"]],
     }
-    return {"chart": chart, "lines": list(lines), "data": data}
+    lines = list(zip(curve.thresholds, *(column.tolist() for column in columns), strict=True))
+    return {"chart": chart, "lines": lines, "data": data, "star": star}
 
 
 def histograms(survey: read_out.Survey, path: Path) -> dict[str, Any]:

@@ -118,6 +118,8 @@ def test_a_column_alone():
     for column in (FLAT, pa.chunked_array([FLAT[:100], FLAT[100:]])):
         assert np.array_equal(open_features(column).read(0, 600), ROWS)
     series = pytest.importorskip("pandas").Series(list(ROWS))
+    if not hasattr(series, "__arrow_c_stream__"):
+        pytest.skip("a series of pandas before 3.0 offers no stream; its frame does")
     assert np.array_equal(open_features(series).read(0, 600), ROWS)
 
 

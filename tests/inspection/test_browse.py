@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import truth
+from samples import png
 
 import snipdedup
-from snipdedup import demo
 
 ROWS, THRESHOLD = 400, 0.9
 FIRST = "document.activeElement.closest('.item').querySelector('[data-row]').dataset.row"
@@ -33,7 +33,7 @@ def page_of(tmp_path_factory):
     (folder / "images").mkdir()
     for row in range(ROWS):
         shade = np.full((30, 40, 3), row / ROWS, np.float32)
-        (folder / "images" / f"{keys[row]}.png").write_bytes(demo.png(shade))
+        (folder / "images" / f"{keys[row]}.png").write_bytes(png(shade))
     out = folder / "out"
     assert truth.snip("dedup", folder / "set", "--threshold", THRESHOLD, "--out", out)[0] == 0
     assert truth.snip("report", out, "--images", folder / "images")[0] == 0

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import truth
 from browser import wait_until
+from samples import png
 
 import snipdedup
-from snipdedup import demo
 from snipdedup.errors import SnipError
 from snipdedup.inspection import display, report
 from snipdedup.inspection.report import GENERATOR, PICTURED
@@ -55,7 +55,7 @@ KEYS = ["../../../etc/passwd", "<b>key</b>", "a/b", "..", "k\u202ey", "", "plain
 def picture_server(tmp_path_factory):
     """Serves a picture, as a stranger's host would; holds the headers that it was asked with."""
     folder = tmp_path_factory.mktemp("pictures")
-    (folder / "a.png").write_bytes(demo.png(np.full((40, 40, 3), 0.5, np.float32)))
+    (folder / "a.png").write_bytes(png(np.full((40, 40, 3), 0.5, np.float32)))
     headers = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -124,7 +124,8 @@ def figures(page):
 
 
 def as_numbers(texts):
-    return [texts[0], *(int(text.replace(",", "")) for text in texts[1:4]), *texts[4:]]
+    plain = [text.replace(",", "").removeprefix("~") for text in texts]
+    return [texts[0], *map(int, plain[1:4]), *texts[4:]]
 
 
 def slide(page, stops):
@@ -139,7 +140,7 @@ def slide(page, stops):
 
 
 def expected_figures(result, threshold):
-    other = result.at(float(threshold), grouping="components")
+    other = result.at(float(threshold))
     groups = len(np.unique(other.members.group))
     share = f"{100 * other.removed / other.rows:.2f} %"
     return [threshold, other.removed, other.kept, groups, share]
@@ -170,15 +171,26 @@ def test_the_page_loads_nothing_and_fits_its_screen(browser, page_path, keyframe
             assert page.asked == []
 
 
-def test_the_slider_says_what_components_would_do_on_key_frames(browser, keyframes):
+FIVE = ("0.95", "0.96", "0.97", "0.98", "0.99")
+
+
+@pytest.mark.slow
+def test_summary_report_and_rerun_give_one_count_on_key_frames(browser, keyframes, tmp_path):
     path, result = keyframes
+    summary = str(result)
     with browser.open(path.as_uri()) as page:
-        last = int(page.get_attribute("#slider", "max"))
-        assert figures(page) == expected_figures(result, "0.95")
-        for shown in slide(page, (1, last // 7, last // 2, last)):
-            assert shown == expected_figures(result, shown[0])
-        assert shown[0] == page.text_content("#at-command") == "1"
-        assert page.get_attribute("#slider", "aria-valuetext") == f"1: {shown[1]:,} rows removed"
+        stops = json.loads(page.text_content("#levels"))["thresholds"]
+        shown = slide(page, [stops.index(t) for t in FIVE])
+    for threshold, line in zip(FIVE, shown, strict=True):
+        again = tmp_path / threshold
+        assert truth.snip("dedup", path.parent, "--threshold", threshold, "--out", again)[0] == 0
+        counts = json.loads((again / "snip.json").read_text("utf-8"))["counts"]
+        removed = np.load(again / "is_dup.npy").sum()
+        assert counts["removed"] == removed
+        share = f"{100 * removed / 58_977:.2f} %"
+        assert line == [threshold, removed, 58_977 - removed, counts["groups"], share]
+        said = re.search(rf"^ +{threshold}0 +([\d,]+) +([\d,]+)", summary, re.M).groups()
+        assert [int(n.replace(",", "")) for n in said] == [removed, counts["groups"]]
 
 
 def test_every_stop_and_the_table_and_the_keyboard(browser, hostile, page_path):
@@ -187,13 +199,22 @@ def test_every_stop_and_the_table_and_the_keyboard(browser, hostile, page_path):
             "#threshold tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
         )
         assert len(lines) > 50
+        counted = [line[0] for line in lines if not line[1].startswith("~")]
+        steps = [round(THRESHOLD + step, 6) for step in (0, 0.01, 0.02, 0.03, 0.04)]
+        assert [float(text) for text in counted] == [step for step in steps if step <= 1]
         for line, shown in zip(lines, slide(page, range(len(lines))), strict=True):
-            assert shown == expected_figures(hostile[1], line[0])
-            assert as_numbers(line) == shown[:4]
+            expected = expected_figures(hostile[1], line[0])
+            assert as_numbers(line[:4]) == shown[:4]
+            assert shown[3] == expected[3]
+            if line[0] in counted:
+                assert shown == expected
+            by_components = hostile[1].at(float(line[0]), grouping="components").removed
+            assert int(line[4].replace(",", "")) == by_components
+            assert 0.8 * expected[1] <= shown[1] <= by_components
         page.focus("#slider")
         for key, stop in (("Home", 0), ("ArrowRight", 1), ("ArrowUp", 2), ("End", -1)):
             page.keyboard.press(key)
-            assert figures(page)[:4] == as_numbers(lines[stop])
+            assert figures(page)[:4] == as_numbers(lines[stop][:4])
 
 
 def test_the_cursor_follows_the_slider(browser, page_path):
@@ -292,7 +313,7 @@ def test_what_a_screen_reader_meets_has_names(browser, page_path):
         assert page.query_selector_all("h1")[1:] == []
         for chart in page.query_selector_all("svg[role=img]"):
             assert len(chart.get_attribute("aria-label")) > 30
-        assert page.get_by_label("Threshold, grouping components").count() == 1
+        assert page.get_by_label("Threshold, grouping star").count() == 1
         assert all(len(i.get_attribute("alt")) > 3 for i in page.query_selector_all("main img"))
         for section in page.query_selector_all("section"):
             assert page.query_selector("#" + section.get_attribute("aria-labelledby"))
@@ -319,7 +340,7 @@ def pictured(tmp_path_factory):
     (folder / "images").mkdir()
     for row in range(0, 60, 2):
         shade = np.full((90, 120, 3), row / 60, np.float32)
-        (folder / "images" / paths[row]).write_bytes(demo.png(shade))
+        (folder / "images" / paths[row]).write_bytes(png(shade))
     words = ("--threshold", THRESHOLD, "--out", folder / "out")
     assert truth.snip("dedup", folder / "set", *words)[0] == 0
     return folder
@@ -390,7 +411,7 @@ def test_a_page_with_pictures_is_not_replaced_by_one_without(hostile, tmp_path):
     (tmp_path / "images").mkdir()
     for row in range(ROWS):  # keys such as plain6
         name = f"plain{row // len(KEYS) or ''}.png"
-        (tmp_path / "images" / name).write_bytes(demo.png(np.full((9, 9, 3), 0.5, np.float32)))
+        (tmp_path / "images" / name).write_bytes(png(np.full((9, 9, 3), 0.5, np.float32)))
     images = ("--images", tmp_path / "images")
     assert truth.snip("report", out, "--html", page, *images)[0] == 0
     pictured = page.read_bytes()
