@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -105,6 +105,8 @@ def place_of(url: str) -> Iterator[Path]:
         raise
     finally:
         locks.remove(own / LOCK)
+        with suppress(OSError):  # removed already, or kept for the next run
+            own.rmdir()
 
 
 def begin(folder: Path, url: str, *, overwrite: bool, whole: bool) -> bool:
@@ -252,6 +254,8 @@ def probe(url: str) -> None:
         put(empty, f"{url}/{PROBE}")
     except MissingError as error:
         raise SnipError(f"{redacted(url)}: no such bucket or folder; make it first") from error
+    finally:
+        empty.unlink()
     remove(f"{url}/{PROBE}")
 
 

@@ -89,7 +89,7 @@ TABLES = {
     "dataset": (None, lambda _: pyarrow.dataset.dataset(TABLE)),
     "pandas": ("pandas", pandas_frame),
     "polars": ("polars", lambda polars: polars.from_arrow(TABLE)),
-    "duckdb": ("duckdb", lambda duckdb: duckdb.connect().from_arrow(TABLE)),
+    "duckdb": ("duckdb", lambda duckdb: duckdb.from_arrow(TABLE)),
     "datasets": ("datasets", hf_reversed),
     "datasets, arrays": ("datasets", hf_array),
     "datasets, streamed": ("datasets", lambda d: d.Dataset(TABLE).to_iterable_dataset()),

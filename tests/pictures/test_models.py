@@ -275,6 +275,7 @@ def test_torchscript_is_as_torch_does_it(tmp_path):
     again = [rows_of(model) for _ in range(4)]  # TorchScript optimises after some calls
     assert all((each == again[0]).all() for each in again)
     assert len(model.described["weights_sha256"]) == 64
+    assert model.size == 120  # twice what it is scaled to: a smaller draft would be blurred
 
 
 def test_embed_takes_the_model_and_its_preprocessing(tmp_path):
@@ -437,4 +438,10 @@ def test_processors_of_hugging_face_by_our_names(tmp_path):
     values = found.floats(found.apply(Image.new("RGB", (7, 5), (10, 20, 30)))[None])
     assert values.shape == (1, 3, 30, 20)
     assert (values[0, :, 4, 5] == (10, 20, 30)).all()
-    assert [preprocess.middle(9, 4), preprocess.middle(4, 9)] == [2, -2]
+    assert [preprocess.middle(*two) for two in ((9, 4), (7, 4), (4, 9))] == [2, 2, -2]
+
+
+def test_sizes_that_are_worked_by_hand():
+    longest, oblong = Preprocess((40, 40), resize="longest"), Preprocess((60, 30))
+    assert longest.resized((90, 62), (40, 40)) == (40, 28)  # 27.6
+    assert oblong.resized((105, 57), (60, 30)) == (111, 60)  # 110.5
