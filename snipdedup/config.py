@@ -667,7 +667,7 @@ FLAG_GROUPS = {
         "which rows go": "decisions recall keep_fraction also text_features text_threshold "
         "references_only bad_rows",
         "which rows of FEATURES": "parts array column",
-        "what is written": "decisions key merge_captions caption weights export pairs max_pairs "
+        "what is written": "key merge_captions caption weights export pairs max_pairs "
         "keep_work dry_run",
         "method adc (--encoder: join, too)": "index encoder rule margin precision calibration_rows "
         "k nprobe",

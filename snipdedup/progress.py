@@ -25,7 +25,7 @@ CLEAR = "\r\x1b[K"  # to the line's begin; erase it
 loudness = USUAL  # as the command line asks: QUIET shows nothing here, VERBOSE each stage's end
 _shown: list[Any] = []  # bars and phases that go on, the outer ones first
 _lock = threading.RLock()
-_beating: list[threading.Event] = []  # one where a thread draws; set, it ends
+_beating: list[tuple[threading.Event, threading.Thread]] = []  # of the thread that draws
 if hasattr(os, "register_at_fork"):  # a forked process must not begin with a lock that is held
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
@@ -66,19 +66,24 @@ def showing(shown: Any) -> Iterator[Any]:
         hide()
         _shown.append(shown)
         if not _beating:
-            _beating.append(threading.Event())
-            threading.Thread(target=beat, args=_beating, daemon=True).start()
+            ended = threading.Event()
+            _beating.append((ended, threading.Thread(target=beat, args=(ended,), daemon=True)))
+            _beating[0][1].start()
     with shown:
         try:
             shown.refresh()
             yield shown
         finally:  # before it is closed, so that it is not drawn any more
+            last = []
             with _lock:
                 _shown[:] = [one for one in _shown if one is not shown]
                 if not _shown:
-                    _beating.pop().set()
+                    last.append(_beating.pop())
                 elif isinstance(_shown[-1], Phase):  # a line in a log file once there is news
                     _shown[-1].last_line = time.monotonic()
+            for ended, thread in last:
+                ended.set()
+                thread.join()
 
 
 def beat(ended: threading.Event) -> None:

@@ -35,17 +35,19 @@ def find_list_column(schema: Any, column: str | None, name: str, flag: str) -> s
             if list_value_type(kind) is not None
             and (hasattr(kind, "storage_type") or list_value_type(kind.value_type) is None)
         ]
-        if len(lists) == 1:
-            return lists[0]
-        names = [*list(kinds)[:20], "..."] if len(kinds) > 20 else list(kinds)
-        found = f"several: {', '.join(lists)}" if lists else f"none among {', '.join(names)}"
-        raise InputError(
-            f"{name}: expected one list column of floats, found {found}; name it with {flag}"
-        )
+        if len(lists) != 1:
+            names = [*list(kinds)[:20], "..."] if len(kinds) > 20 else list(kinds)
+            found = f"several: {', '.join(lists)}" if lists else f"none among {', '.join(names)}"
+            raise InputError(
+                f"{name}: expected one list column of floats, found {found}; name it with {flag}"
+            )
+        column = str(lists[0])
     if column not in kinds:
         raise InputError(f"{name}: no column {column!r}; it has {', '.join(kinds)}")
     if list_value_type(kinds[column]) is None:
         raise InputError(f"{name}: column {column!r} is {kinds[column]}, not a list of floats")
+    if (count := schema.names.count(column)) > 1:
+        raise InputError(f"{name}: {count} columns are called {column!r}; expected one")
     return column
 
 

@@ -162,6 +162,14 @@ def test_parquet_of_several_columns(tmp_path):
         open_shard(path, column="id")
 
 
+def test_parquet_of_two_columns_of_one_name(tmp_path):
+    path, x = tmp_path / "x.parquet", fixed_list(rows_of())
+    pq.write_table(pa.Table.from_arrays([x, x], names=["x", "x"]), path)
+    for column in (None, "x"):
+        with pytest.raises(SnipError, match=r"x.parquet: 2 columns are called 'x'; expected one"):
+            open_shard(path, column=column)
+
+
 def test_parquet_without_a_list_column(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"key": ["a"], "tags": pa.array([[1, 2]])}), path)

@@ -28,7 +28,8 @@ def rows_of(kind):
 def decided(x, order, table_group=10**6, block=2048):
     """Representatives and cosines of one group: by tables, or by codes where it is larger."""
     with mock.patch.multiple(star, TABLE_GROUP=table_group, CODED_BLOCK=block):
-        return star_large(order, Compare(lambda rows: x[rows], 0.95), np.zeros(len(x), bool))
+        out = np.zeros(len(x), bool)
+        return star_large(order, Compare(lambda rows: x[rows], 0.95), out, out)
 
 
 @pytest.mark.parametrize("kind", ["spread", "clumps", "all alike", "chain"])
@@ -53,7 +54,7 @@ def test_texts_must_match_too_in_a_large_group(table_group):
     both = np.where(truth.cosine_table(words) >= np.float32(0.9), truth.cosine_table(x), -1)
     compare = Compare(lambda rows: x[rows], 0.95, [Also(lambda rows: words[rows], 0.9)])
     with mock.patch.multiple(star, TABLE_GROUP=table_group, TABLE_BLOCK=70):
-        found, _ = star_large(order, compare, np.zeros(300, bool))
+        found, _ = star_large(order, compare, np.zeros(300, bool), np.zeros(300, bool))
     brute, stays = truth.star(both, 0.95, order)
     assert np.array_equal(found, brute[order])
     assert 10 < stays.sum() < 200

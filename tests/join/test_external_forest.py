@@ -177,9 +177,8 @@ def test_a_million_rows_against_scipy(monkeypatch):
     edges = edges._replace(similarity=(0.5 + order / 2**21).astype(np.float32))
     assert len(np.unique(edges.similarity)) == len(order)
     found = spanning_forest(edges)
-    graph = sparse.coo_array(
-        (2.0 - edges.similarity.astype(np.float64), (edges.a, edges.b)), (rows, rows)
-    )
+    places = (edges.a.astype(np.int32), edges.b.astype(np.int32))  # older scipy takes no others
+    graph = sparse.coo_array((2.0 - edges.similarity.astype(np.float64), places), (rows, rows))
     tree = sparse.coo_array(minimum_spanning_tree(graph.tocsr()))
     a, b = np.minimum(tree.row, tree.col), np.maximum(tree.row, tree.col)
     expected = np.lexsort((b, a))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from odd_files import encoded, photo, png_header, with_exif
@@ -78,9 +80,10 @@ def test_a_large_jpeg_is_drafted_but_keeps_its_size():
 )  # fmt: skip
 def test_modes_become_what_pillow_makes_of_them(mode, kind):
     data = encoded(photo(2).convert(mode), kind)
-    import io
-
-    plain = Image.open(io.BytesIO(data)).convert("RGB")
+    try:
+        plain = Image.open(io.BytesIO(data)).convert("RGB")
+    except OSError:
+        pytest.skip("this Pillow cannot read what it wrote")
     np.testing.assert_array_equal(np.asarray(decode(data, SIDE).picture), np.asarray(plain))
 
 
