@@ -108,7 +108,7 @@ def test_a_lock_whose_open_file_cannot_be_removed(tmp_path, monkeypatch):
 
     path = tmp_path / "run.lock"
     assert locks.acquire(path) is None
-    opened = list(locks._own.files.values())
+    opened = [locks._own.files[path]]
     monkeypatch.setattr(Path, "unlink", of_windows)
     locks.remove(path)
     assert not path.exists()
