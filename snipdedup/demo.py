@@ -46,7 +46,7 @@ def smaller(picture: Image, rng: np.random.Generator) -> Image:
     return picture.resize((int(SIZE[0] * share), int(SIZE[1] * share)))
 
 
-def lighter(picture: Image, rng: np.random.Generator) -> Image:
+def brightness(picture: Image, rng: np.random.Generator) -> Image:
     """Make lighter or darker."""
     from PIL import ImageEnhance
 
@@ -85,7 +85,7 @@ EDITS = {
     "jpeg": Edit(re_saved, "jpg", {"quality": 25}),
     "webp": Edit(re_saved, "webp", {"quality": 80}),
     "smaller": Edit(smaller, "jpg", USUAL),
-    "lighter": Edit(lighter, "jpg", USUAL),
+    "brightness": Edit(brightness, "jpg", USUAL),
     "grey": Edit(grey, "jpg", USUAL),
     "cropped": Edit(cropped, "jpg", USUAL),
     "mirrored": Edit(mirrored, "jpg", USUAL),

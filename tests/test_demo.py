@@ -55,7 +55,7 @@ def test_edits_change_what_they_say(drawn, name):
             back = edited.resize(picture.size)
             assert 60 < edited.width < 130
             assert max(ImageStat.Stat(ImageChops.difference(back, picture)).mean) < 12
-        elif name == "lighter":
+        elif name == "brightness":
             ratio = np.asarray(edited).mean() / array.mean()
             assert 0.65 < ratio < 0.75 or 1.05 < ratio < 1.35
         else:
@@ -172,7 +172,7 @@ def test_the_demo_finds_most_of_what_it_planted(finished):
     for edit in demo.EDITS:
         line = next(line for line in done.stdout.splitlines() if f"copies, {edit} " in line)
         found[edit] = float(line.split()[3])
-    for edit in ("exact", "jpeg", "webp", "smaller", "lighter", "grey"):
+    for edit in ("exact", "jpeg", "webp", "smaller", "brightness", "grey"):
         assert found[edit] >= 95
     assert found["mirrored"] <= 5  # as it says
     assert "(100.0 %) for a row of the same picture" in done.stdout
