@@ -172,7 +172,7 @@ def test_no_long_command_falls_silent(tmp_path, rows):
         "dedup set/img_emb --index index --out by_codes",
         "dedup set/img_emb --method semdedup --out sem",
         "dedup set/img_emb --reference other/img_emb --references_only --out new",
-        "eval set/img_emb --encoder encoder --out eval",
+        "eval set/img_emb --encoder encoder --queries 500 --code_bytes 4 --out eval",
         "plan set/img_emb",
     ):
         seen = watch(["-m", "snipdedup", *line.split()], tmp_path)
