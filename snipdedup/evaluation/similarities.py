@@ -37,7 +37,8 @@ class Similarities(NamedTuple):
 
     def best(self) -> dict[str, float]:
         """Return the line of the threshold above 0 with the best F1 over pairs; see `at`."""
-        assert self.same is not None
+        if self.same is None:
+            raise ValueError("expected labels: without them no pair is known to be the same")
         parts = (part.sum(axis=0, dtype=np.int64) for part in (self.counts, self.same))
         found, right = (part[::-1].cumsum()[::-1] for part in parts)
         f1 = 2 * right / np.maximum(found + right[0], 1)

@@ -98,14 +98,8 @@ def compare_tiles(
     """Compare the first ``columns`` rows, at most `COLUMN_TILE`, with themselves and all others.
 
     Global rows below ``reference_rows`` are not compared with one another; with
-    ``references_only`` the others are not either.
-
-    Returns
-    -------
-    edges : list of Edges
-        Verified; where there are many, spanning forests of parts of them.
-    candidates : int
-        Pairs that the codes could not rule out.
+    ``references_only`` the others are not either. Return verified edges, where there are many
+    spanning forests of parts of them; and how many pairs the codes could not rule out.
     """
     right = members.where(slice(columns))
     y = codes.take(right.place, "columns")
